@@ -1,0 +1,376 @@
+"""Fine-tunes a LLaMA on instructions: the base in 8 bits, a LoRA beside it, one 11 GB card or none.
+
+    bash finetune.sh                                                    # the embedded base on the sample, on a CPU
+    python finetune.py --data_path merge.json --test_size 2000          # LLaMA 7B on your own data, on one card
+    torchrun --nproc_per_node 4 finetune.py --data_path merge.json      # the same, the batch split among four
+
+Data: records {"instruction", "input" (optional), "output"} in JSON or JSON Lines. What comes out, in --output_path:
+adapter_config.json + adapter_model.safetensors (a PEFT adapter), the tokenizer, checkpoint-N/ of the same,
+run.json (settings, versions, hashes, figures) and loss.png.
+"""
+import argparse
+import gc
+import importlib.metadata
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+from vicuna import data, model as models, prompt, report  # first: vicuna quiets what other packages say at import
+from vicuna.errors import ArgumentParser, UserError, run
+from vicuna.loss import mean_loss, use_label_loss
+
+import torch
+import transformers
+from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
+
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers")
+QUESTIONS = 5  # held-out questions answered before and after
+PROBE = 50     # with nothing held out, so many training records stand in
+
+
+def arguments():
+    parser = ArgumentParser(description=__doc__)
+    group = parser.add_argument_group("what and where")
+    group.add_argument("--data_path", default="merge.json", help="a file, several joined by commas, or a directory")
+    group.add_argument("--output_path", default="lora-Vicuna", help="directory for the adapter")
+    group.add_argument("--model_path", default="huggyllama/llama-7b", help="base: a directory or a hub id")
+    group.add_argument("--test_size", type=int, default=200, help="records held out to measure the loss on; 0: none")
+    group.add_argument("--overwrite_output_dir", action="store_true", help="replace another run's result in --output_path")
+    group.add_argument("--wandb", action="store_true", help="log to Weights & Biases (WANDB_MODE=offline: to a file)")
+
+    group = parser.add_argument_group("LoRA")
+    group.add_argument("--lora_r", type=int, default=8, help="rank")
+    group.add_argument("--lora_alpha", type=float, default=16, help="the update is scaled by alpha / r")
+    group.add_argument("--lora_dropout", type=float, default=0.05, help="share of inputs dropped, 0 to below 1")
+    group.add_argument("--lora_target_modules", default="q_proj,v_proj", help="linear layers, joined by commas")
+
+    group = parser.add_argument_group("training")
+    group.add_argument("--bits", type=int, default=8, choices=(8, 4, 16), help="base weights: int8, NF4, or 16 bits")
+    group.add_argument("--micro_batch_size", type=int, default=4, help="records a card works on at once")
+    group.add_argument("--batch_size", type=int, default=128, help="records a step, over all cards")
+    group.add_argument("--num_epochs", type=float, default=3, help="times through the data")
+    group.add_argument("--max_steps", type=int, default=-1, help="steps; if above 0 it counts instead of --num_epochs")
+    group.add_argument("--learning_rate", type=float, default=3e-4, help="peak; then linearly to 0")
+    group.add_argument("--warmup_steps", type=int, default=100, help="steps over which the rate rises to its peak")
+    group.add_argument("--cutoff_len", type=int, default=256, help="tokens a record, template included")
+    group.add_argument("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=None,
+                       help="keep less, compute twice; default: on a card yes, on a CPU no")
+    group.add_argument("--seed", type=int, default=42, help="for the split, the order, the LoRA's start and dropout")
+
+    group = parser.add_argument_group("while it runs")
+    group.add_argument("--eval_steps", type=int, default=200, help="steps between two evaluations")
+    group.add_argument("--save_steps", type=int, default=200, help="steps between two checkpoints")
+    group.add_argument("--save_total_limit", type=int, default=30, help="checkpoints kept, the best among them")
+    group.add_argument("--logging_steps", type=int, default=20, help="steps between two lines of progress")
+    return parser.parse_args()
+
+
+def main():
+    args = arguments()
+    args.lora_target_modules = [name.strip() for name in args.lora_target_modules.split(",") if name.strip()]
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    cuda = torch.cuda.is_available()
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu"
+
+    # 1. Check everything that can be checked before anything is written or a large file is read.
+    check_numbers(args)
+    records, sources = data.read(args.data_path)
+    base = models.find_base(args.model_path)
+    config, mended = models.load_config(base)
+    tokenizer, mended_tokenizer = models.load_tokenizer(base, config)
+    skeleton = models.skeleton(config)
+    models.check_targets(skeleton, args.lora_target_modules)
+    template = len(prompt.encode_prompts(tokenizer, [prompt.alpaca("", "")])[0])
+    if args.cutoff_len <= template:
+        raise UserError(f"--cutoff_len {args.cutoff_len}: the template alone has {template} tokens; 256 is usual")
+    dataset, lengths = data.encode(records, tokenizer, args.cutoff_len)
+    train, held_out = data.split(dataset, args.test_size, args.seed)
+
+    say(data.report(sources, lengths, args.cutoff_len))
+    for line in mended + mended_tokenizer:
+        say(f"Base      mended in memory: {line}")
+    if args.cutoff_len > config.max_position_embeddings:
+        say(f"          --cutoff_len {args.cutoff_len} is more than the {config.max_position_embeddings} positions the "
+            "base was trained for")
+    accumulation, steps = fit_to_data(args, len(train))
+
+    settings = {key: value for key, value in sorted(vars(args).items())
+                if key not in ("output_path", "overwrite_output_dir", "wandb")}
+    identity = {"settings": settings, "processes": WORLD_SIZE,
+                "data": {source.path: source.sha256 for source in sources},
+                "versions": {name: importlib.metadata.version(name) for name in PACKAGES}}
+    output = Path(args.output_path)
+    check_output(output, identity, args.overwrite_output_dir)
+    check_room(output, skeleton, args, steps)
+    if args.wandb:
+        check_wandb()
+
+    # 2. Load the base in its bits, attach the LoRA.
+    set_seed(args.seed)
+    base_model = models.load_base(base, config, args.bits, device)
+    use_label_loss(base_model)
+    checkpointing = cuda if args.gradient_checkpointing is None else args.gradient_checkpointing
+    if checkpointing:
+        base_model.gradient_checkpointing_enable({"use_reentrant": False})
+    model = models.attach_lora(base_model, args.model_path, args.lora_r, args.lora_alpha, args.lora_dropout,
+                               args.lora_target_modules)
+    n_lora = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    dtype = str(models.compute_dtype()).removeprefix("torch.")
+    say(f"Base      {args.model_path}: {skeleton.num_parameters():,} parameters in {args.bits} bits, {dtype}, "
+        f"{torch.cuda.get_device_name() if cuda else 'CPU'}{f' x {WORLD_SIZE}' if WORLD_SIZE > 1 else ''}")
+    say(f"LoRA      r {args.lora_r}, alpha {args.lora_alpha:g}, dropout {args.lora_dropout:g} on "
+        f"{', '.join(args.lora_target_modules)}: {n_lora:,} parameters")
+    say(f"Training  {len(train):,} records, {len(held_out):,} held out; {steps:,} steps of {args.batch_size} records "
+        f"({args.micro_batch_size} at once), rate {args.learning_rate:g}")
+
+    # 3. What the base says before: the loss on held-out records, and a few answers.
+    probe, probe_name = (held_out, "held-out") if len(held_out) else (train.select(range(min(PROBE, len(train)))), "training")
+    questions = [records[k]._asdict() for k in probe["record"][:QUESTIONS]]
+    loss_before = mean_loss(model, probe, args.micro_batch_size)
+    if not math.isfinite(loss_before):
+        raise UserError(f"{args.model_path}: gives a loss of {loss_before} on the data; its weights are damaged")
+    before = answer(model, tokenizer, questions)
+    say(f"          {probe_name} loss of the base: {loss_before:.4f}")
+
+    # 4. Train. The best of the evaluated checkpoints is kept.
+    evaluate = "steps" if len(held_out) else "no"
+    if args.wandb:
+        os.environ.setdefault("WANDB_PROJECT", "chinese-vicuna")
+        os.environ.setdefault("WANDB_DIR", str(output))
+    training = TrainingArguments(
+        output_dir=str(output), per_device_train_batch_size=args.micro_batch_size,
+        gradient_accumulation_steps=accumulation, num_train_epochs=args.num_epochs, max_steps=args.max_steps,
+        learning_rate=args.learning_rate, lr_scheduler_type="linear", warmup_steps=args.warmup_steps, optim="adamw_torch",
+        bf16=models.compute_dtype() == torch.bfloat16, fp16=models.compute_dtype() == torch.float16,
+        use_cpu=not cuda, dataloader_pin_memory=cuda, ddp_backend="gloo" if WORLD_SIZE > 1 and not cuda else None,
+        ddp_find_unused_parameters=False, train_sampling_strategy="group_by_length", length_column_name="length",
+        remove_unused_columns=False, label_names=["labels"], eval_strategy=evaluate, eval_steps=args.eval_steps,
+        save_strategy="steps", save_steps=args.save_steps, save_total_limit=args.save_total_limit,
+        load_best_model_at_end=evaluate == "steps", metric_for_best_model="loss", greater_is_better=False,
+        logging_steps=args.logging_steps, disable_tqdm=True, seed=args.seed, data_seed=args.seed,
+        report_to=["wandb"] if args.wandb else [], run_name=output.name)
+    with training.main_process_first(local=False):
+        if RANK == 0:
+            open_output(output, identity)
+    progress = report.Progress(args.batch_size, show=RANK == 0)
+    trainer = LabelTrainer(
+        model=model, args=training, train_dataset=train, eval_dataset=held_out if len(held_out) else None,
+        data_collator=lambda examples: data.collate(examples, multiple=8 if cuda else 1), processing_class=tokenizer,
+        callbacks=[progress])
+    trainer.remove_callback(PrinterCallback)
+    start = time.monotonic()
+    trainer.train()
+    seconds = time.monotonic() - start
+    model.eval()
+    loss_trained = mean_loss(model, probe, args.micro_batch_size)
+    if RANK != 0:
+        return
+    models.save_adapter(model, tokenizer, output)
+
+    # 5. Proof: what lies on the disk, loaded into a fresh base, is what was trained.
+    best_step = int(trainer.state.best_model_checkpoint.rpartition("-")[2]) if trainer.state.best_model_checkpoint else steps
+    memory, of_what = report.peak_memory()
+    del trainer, model, base_model
+    gc.collect()
+    torch.cuda.empty_cache()
+    say("Proof     loading the saved adapter into a fresh base ...")
+    loss_after, after = prove(output, base, config, tokenizer, args, device, probe, questions, loss_trained)
+    say(f"          its weights are not zero, its {probe_name} loss is the trained one: {loss_after:.4f} (step {best_step})")
+
+    # 6. What it learned.
+    rows = [{"instruction": q["instruction"], "input": q["input"], "expected": q["output"], "before": b, "after": a}
+            for q, b, a in zip(questions, before, after)]
+    figures = {"loss_before": loss_before, "loss_after": loss_after, "loss_on": probe_name, "steps": steps,
+               "best_step": best_step, "train_records": len(train), "held_out_records": len(held_out),
+               "cut": lengths.cut, "seconds": round(seconds, 2), "peak_memory_bytes": memory, "peak_memory_of": of_what,
+               "records_per_second": round(steps * args.batch_size / seconds, 3)}
+    report.plot_loss(progress.history, loss_before, output / "loss.png")
+    write_json(output / "run.json", {**identity, "output_path": args.output_path, "finished": True,
+                                     "dropped": {source.path: dict(source.dropped) for source in sources},
+                                     "figures": figures, "answers": rows, "history": progress.history})
+    shutil.rmtree(aside(output), ignore_errors=True)
+    say(report.learned(probe_name, loss_before, loss_after, rows))
+    say(f"\nTrained in {report.clock(seconds)}, {figures['records_per_second']:.1f} records/s, peak {memory / 1e9:.2f} GB "
+        f"({of_what}). Adapter, run.json and loss.png are in {args.output_path}")
+    if not loss_after < loss_before:
+        say("It learned nothing: the loss did not fall. A higher --learning_rate or more --num_epochs may help.")
+
+
+class LabelTrainer(Trainer):
+    """The Hugging Face Trainer with the evaluation of `vicuna.loss`: a mean over tokens, the same before, in and after."""
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        loss = mean_loss(self.model, eval_dataset or self.eval_dataset, self.args.per_device_train_batch_size)
+        metrics = {f"{metric_key_prefix}_loss": loss}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+# --- checks ---------------------------------------------------------------------------------------------------------
+
+def check_numbers(args):
+    """UserError for a flag whose number makes no sense."""
+    def need(flag, good, what):
+        if not good:
+            raise UserError(f"--{flag} {getattr(args, flag)}: must be {what}")
+
+    for flag in ("lora_r", "micro_batch_size", "batch_size", "cutoff_len", "eval_steps", "save_steps", "save_total_limit",
+                 "logging_steps"):
+        need(flag, getattr(args, flag) >= 1, "1 or more")
+    for flag in ("learning_rate", "lora_alpha", "num_epochs"):
+        need(flag, getattr(args, flag) > 0 and math.isfinite(getattr(args, flag)), "a number above 0")
+    for flag in ("test_size", "warmup_steps"):
+        need(flag, getattr(args, flag) >= 0, "0 or more")
+    need("lora_dropout", 0 <= args.lora_dropout < 1, "from 0 to below 1")
+    need("seed", 0 <= args.seed < 2**32, f"from 0 to {2**32 - 1}")
+    need("max_steps", args.max_steps == -1 or args.max_steps >= 1, "1 or more, or -1 for --num_epochs")
+    if args.batch_size % (args.micro_batch_size * WORLD_SIZE):
+        raise UserError(f"--batch_size {args.batch_size}: must be a multiple of --micro_batch_size "
+                        f"{args.micro_batch_size}" + (f" times the {WORLD_SIZE} processes" if WORLD_SIZE > 1 else ""))
+    if args.test_size and args.save_steps % args.eval_steps:
+        raise UserError(f"--save_steps {args.save_steps}: must be a multiple of --eval_steps {args.eval_steps}, since the "
+                        "best checkpoint is chosen among the evaluated ones")
+
+
+def fit_to_data(args, n_train):
+    """Fits batch, warm-up and evaluation to a small data set, and says so. Gives (accumulation steps, all steps)."""
+    at_once = args.micro_batch_size * WORLD_SIZE
+    if args.batch_size > n_train:
+        fitting = max(n_train // at_once, 1) * at_once
+        say(f"          --batch_size {args.batch_size} is more than the {n_train} training records: {fitting} is used")
+        args.batch_size = fitting
+    accumulation = args.batch_size // at_once
+    a_epoch = math.ceil(math.ceil(n_train / at_once) / accumulation)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_epochs * a_epoch)
+    if args.warmup_steps >= steps:
+        fitting = steps // 10
+        say(f"          --warmup_steps {args.warmup_steps} is not less than the {steps} steps of this run: {fitting} is used")
+        args.warmup_steps = fitting
+    if args.test_size and args.eval_steps > steps:
+        say(f"          --eval_steps {args.eval_steps} is more than the {steps} steps of this run: {steps} is used")
+        args.eval_steps = args.save_steps = steps
+    return accumulation, steps
+
+
+def check_room(output, skeleton, args, steps):
+    """UserError if the disk has no room for the adapter and the checkpoints that will be kept."""
+    n_lora = sum(args.lora_r * (n_in + n_out) for _, n_in, n_out in models.linear_layers(skeleton, args.lora_target_modules))
+    checkpoints = min(args.save_total_limit + 1, steps // args.save_steps + 1)
+    # A checkpoint: float32 weights and Adam's two moments, the tokenizer, the states. The last one: for rename's sake.
+    need = (checkpoints + 1) * (n_lora * 12 + 8_000_000)
+    place = next(parent for parent in (output.absolute(), *output.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(place).free
+    if free < need:
+        raise UserError(f"{place}: {free / 1e6:,.0f} MB free on the disk, {checkpoints} checkpoints of this run need "
+                        f"{need / 1e6:,.0f} MB; make room, or give a smaller --save_total_limit")
+
+
+def check_wandb():
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
+        return
+    import wandb
+    try:
+        wandb.login()
+    except (wandb.errors.Error, OSError) as error:
+        raise UserError(f"--wandb: {error}; `wandb login` once, or WANDB_MODE=offline") from None
+
+
+# --- the output directory -------------------------------------------------------------------------------------------
+
+def check_output(output, identity, overwrite):
+    """UserError if `output` cannot be written, or holds what must not be lost. The same run may be done again."""
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output_path {output}: is a file; give a directory")
+    if output.is_dir() and any(output.iterdir()):
+        old = read_run(output)
+        if old is None:
+            raise UserError(f"--output_path {output}: holds files that are no run of finetune.py; give another")
+        if not overwrite and {key: old.get(key) for key in identity} != json.loads(json.dumps(identity)):
+            raise UserError(f"--output_path {output}: holds another run's result; give another path, or "
+                            "--overwrite_output_dir to replace it")
+    place = next(parent for parent in (output.absolute(), *output.absolute().parents) if parent.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK) or os.statvfs(place).f_flag & os.ST_RDONLY \
+            or place.as_posix().startswith(("/proc/", "/sys/")) or place.as_posix() in ("/proc", "/sys"):
+        raise UserError(f"--output_path {output}: {place} cannot be written to; give another path")
+
+
+def open_output(output, identity):
+    """Makes `output` with a run.json. An earlier run there is set aside, and only removed when this one is done."""
+    try:
+        if output.is_dir() and any(output.iterdir()):
+            if read_run(output).get("finished") or not aside(output).exists():
+                shutil.rmtree(aside(output), ignore_errors=True)
+                output.rename(aside(output))
+            else:
+                shutil.rmtree(output)
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(output / "run.json", {**identity, "finished": False})
+    except OSError as error:
+        raise UserError(f"--output_path {output}: cannot be written to: {error.strerror}") from None
+
+
+def aside(output):
+    return output.with_name(output.name + ".previous")
+
+
+def read_run(output):
+    try:
+        run_json = json.loads((output / "run.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return run_json if isinstance(run_json, dict) else None
+
+
+def write_json(file, values):
+    beside = file.with_name("." + file.name)
+    beside.write_text(json.dumps(values, ensure_ascii=False, indent=1) + "\n", "utf-8")
+    os.replace(beside, file)
+
+
+# --- proof ----------------------------------------------------------------------------------------------------------
+
+def prove(output, base, config, tokenizer, args, device, probe, questions, loss_trained):
+    """Loads the adapter from the disk into a fresh base; exits with status 1 if it is not what was trained.
+
+    Gives (its loss on `probe`, its answers to `questions`).
+    """
+    try:
+        model = models.load_adapter(use_label_loss(models.load_base(base, config, args.bits, device)), output)
+        loss = mean_loss(model, probe, args.micro_batch_size)
+    except UserError as error:
+        sys.exit(f"FAILED: what was saved is not what was trained: {error}")
+    if not abs(loss - loss_trained) <= 1e-3 * max(1, abs(loss_trained)):
+        sys.exit(f"FAILED: the adapter saved in {output} has a loss of {loss:.4f}, the trained model {loss_trained:.4f}: "
+                 "what was saved is not what was trained")
+    return loss, answer(model, tokenizer, questions)
+
+
+@torch.no_grad()
+def answer(model, tokenizer, questions, max_new_tokens=48):
+    """Greedy answers to records' questions, all in one batch. Gives a list of texts."""
+    model.eval()
+    prompts = prompt.encode_prompts(tokenizer, [prompt.alpaca(q["instruction"], q["input"]) for q in questions])
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[tokenizer.eos_token_id] * (longest - len(p)) + p for p in prompts], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False,
+                         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id)
+    return [prompt.decode_response(tokenizer, p, row[longest:].tolist()).strip() for p, row in zip(prompts, out)]
+
+
+def say(text):
+    if RANK == 0:
+        print(text, flush=True)
+
+
+if __name__ == "__main__":
+    run(main)
