@@ -113,7 +113,23 @@ def main():
     if args.wandb:
         check_wandb()
 
-    # 2. Load the base in its bits, attach the LoRA.
+    # 2. Load the base in its bits, attach the LoRA. With several processes, they meet in TrainingArguments.
+    evaluate = "steps" if len(held_out) else "no"
+    if args.wandb:
+        os.environ.setdefault("WANDB_PROJECT", "chinese-vicuna")
+        os.environ.setdefault("WANDB_DIR", str(output))
+    training = TrainingArguments(
+        output_dir=str(output), per_device_train_batch_size=args.micro_batch_size,
+        gradient_accumulation_steps=accumulation, num_train_epochs=args.num_epochs, max_steps=args.max_steps,
+        learning_rate=args.learning_rate, lr_scheduler_type="linear", warmup_steps=args.warmup_steps, optim="adamw_torch",
+        bf16=models.compute_dtype() == torch.bfloat16, fp16=models.compute_dtype() == torch.float16,
+        use_cpu=not cuda, dataloader_pin_memory=cuda, ddp_backend="gloo" if WORLD_SIZE > 1 and not cuda else None,
+        ddp_find_unused_parameters=False,
+        remove_unused_columns=False, label_names=["labels"], eval_strategy=evaluate, eval_steps=args.eval_steps,
+        save_strategy="steps", save_steps=args.save_steps, save_total_limit=args.save_total_limit,
+        load_best_model_at_end=evaluate == "steps", metric_for_best_model="loss", greater_is_better=False,
+        logging_steps=args.logging_steps, disable_tqdm=True, seed=args.seed, data_seed=args.seed,
+        report_to=["wandb"] if args.wandb else [], run_name=output.name)
     set_seed(args.seed)
     base_model = models.load_base(base, config, args.bits, device)
     use_label_loss(base_model)
@@ -134,29 +150,13 @@ def main():
     # 3. What the base says before: the loss on held-out records, and a few answers.
     probe, probe_name = (held_out, "held-out") if len(held_out) else (train.select(range(min(PROBE, len(train)))), "training")
     questions = [records[k]._asdict() for k in probe["record"][:QUESTIONS]]
-    loss_before = mean_loss(model, probe, args.micro_batch_size)
+    loss_before = mean_loss(model, probe, args.micro_batch_size, RANK, WORLD_SIZE)
     if not math.isfinite(loss_before):
         raise UserError(f"{args.model_path}: gives a loss of {loss_before} on the data; its weights are damaged")
     before = answer(model, tokenizer, questions)
     say(f"          {probe_name} loss of the base: {loss_before:.4f}")
 
     # 4. Train. The best of the evaluated checkpoints is kept.
-    evaluate = "steps" if len(held_out) else "no"
-    if args.wandb:
-        os.environ.setdefault("WANDB_PROJECT", "chinese-vicuna")
-        os.environ.setdefault("WANDB_DIR", str(output))
-    training = TrainingArguments(
-        output_dir=str(output), per_device_train_batch_size=args.micro_batch_size,
-        gradient_accumulation_steps=accumulation, num_train_epochs=args.num_epochs, max_steps=args.max_steps,
-        learning_rate=args.learning_rate, lr_scheduler_type="linear", warmup_steps=args.warmup_steps, optim="adamw_torch",
-        bf16=models.compute_dtype() == torch.bfloat16, fp16=models.compute_dtype() == torch.float16,
-        use_cpu=not cuda, dataloader_pin_memory=cuda, ddp_backend="gloo" if WORLD_SIZE > 1 and not cuda else None,
-        ddp_find_unused_parameters=False, train_sampling_strategy="group_by_length", length_column_name="length",
-        remove_unused_columns=False, label_names=["labels"], eval_strategy=evaluate, eval_steps=args.eval_steps,
-        save_strategy="steps", save_steps=args.save_steps, save_total_limit=args.save_total_limit,
-        load_best_model_at_end=evaluate == "steps", metric_for_best_model="loss", greater_is_better=False,
-        logging_steps=args.logging_steps, disable_tqdm=True, seed=args.seed, data_seed=args.seed,
-        report_to=["wandb"] if args.wandb else [], run_name=output.name)
     with training.main_process_first(local=False):
         if RANK == 0:
             open_output(output, identity)
@@ -170,19 +170,22 @@ def main():
     trainer.train()
     seconds = time.monotonic() - start
     model.eval()
-    loss_trained = mean_loss(model, probe, args.micro_batch_size)
+    loss_trained = mean_loss(model, probe, args.micro_batch_size, RANK, WORLD_SIZE)
+    trained = models.adapter_weights(model)
+    if RANK == 0:
+        models.save_adapter(model, tokenizer, output)
     if RANK != 0:
         return
-    models.save_adapter(model, tokenizer, output)
 
     # 5. Proof: what lies on the disk, loaded into a fresh base, is what was trained.
+    records_seen = trainer.state.epoch * len(train)
     best_step = int(trainer.state.best_model_checkpoint.rpartition("-")[2]) if trainer.state.best_model_checkpoint else steps
     memory, of_what = report.peak_memory()
     del trainer, model, base_model
     gc.collect()
     torch.cuda.empty_cache()
     say("Proof     loading the saved adapter into a fresh base ...")
-    loss_after, after = prove(output, base, config, tokenizer, args, device, probe, questions, loss_trained)
+    loss_after, after = prove(output, trained, loss_trained, base, config, tokenizer, args, device, probe, questions)
     say(f"          its weights are not zero, its {probe_name} loss is the trained one: {loss_after:.4f} (step {best_step})")
 
     # 6. What it learned.
@@ -191,7 +194,7 @@ def main():
     figures = {"loss_before": loss_before, "loss_after": loss_after, "loss_on": probe_name, "steps": steps,
                "best_step": best_step, "train_records": len(train), "held_out_records": len(held_out),
                "cut": lengths.cut, "seconds": round(seconds, 2), "peak_memory_bytes": memory, "peak_memory_of": of_what,
-               "records_per_second": round(steps * args.batch_size / seconds, 3)}
+               "records_per_second": round(records_seen / seconds, 3)}
     report.plot_loss(progress.history, loss_before, output / "loss.png")
     write_json(output / "run.json", {**identity, "output_path": args.output_path, "finished": True,
                                      "dropped": {source.path: dict(source.dropped) for source in sources},
@@ -205,10 +208,15 @@ def main():
 
 
 class LabelTrainer(Trainer):
-    """The Hugging Face Trainer with the evaluation of `vicuna.loss`: a mean over tokens, the same before, in and after."""
+    """The Hugging Face Trainer with the order of `vicuna.data.GroupedByLength` and the evaluation of `vicuna.loss`: a
+    mean over tokens, the same before, during and after."""
+
+    def _get_train_sampler(self, train_dataset=None):
+        return data.GroupedByLength(self.train_dataset["length"][:], self.args.per_device_train_batch_size, self.args.seed)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        loss = mean_loss(self.model, eval_dataset or self.eval_dataset, self.args.per_device_train_batch_size)
+        loss = mean_loss(self.model, eval_dataset or self.eval_dataset, self.args.per_device_train_batch_size,
+                         RANK, WORLD_SIZE)
         metrics = {f"{metric_key_prefix}_loss": loss}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -338,16 +346,20 @@ def write_json(file, values):
 
 # --- proof ----------------------------------------------------------------------------------------------------------
 
-def prove(output, base, config, tokenizer, args, device, probe, questions, loss_trained):
+def prove(output, trained, loss_trained, base, config, tokenizer, args, device, probe, questions):
     """Loads the adapter from the disk into a fresh base; exits with status 1 if it is not what was trained.
 
-    Gives (its loss on `probe`, its answers to `questions`).
+    `trained`: the trained weights, {name: tensor}; `loss_trained`: their loss on `probe`.
+    Gives (the loaded adapter's loss on `probe`, its answers to `questions`).
     """
     try:
         model = models.load_adapter(use_label_loss(models.load_base(base, config, args.bits, device)), output)
-        loss = mean_loss(model, probe, args.micro_batch_size)
     except UserError as error:
         sys.exit(f"FAILED: what was saved is not what was trained: {error}")
+    for name, tensor in models.adapter_weights(model).items():
+        if not torch.equal(tensor, trained[name]):
+            sys.exit(f"FAILED: what was saved is not what was trained: tensor {name} in {output} is another one")
+    loss = mean_loss(model, probe, args.micro_batch_size)
     if not abs(loss - loss_trained) <= 1e-3 * max(1, abs(loss_trained)):
         sys.exit(f"FAILED: the adapter saved in {output} has a loss of {loss:.4f}, the trained model {loss_trained:.4f}: "
                  "what was saved is not what was trained")

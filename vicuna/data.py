@@ -137,7 +137,7 @@ def _values(path, raw):
                 if position < len(text):
                     fail("extra text behind the array", position)
                 return
-            if not text.startswith(",", position):
+            if position < len(text) and not text.startswith(",", position):
                 fail("Expecting ',' or ']'", position)
             position = _BLANKS.match(text, position + 1).end()
     if is_array:
@@ -252,6 +252,36 @@ def collate(examples, multiple=1):
         input_ids[row, :len(ids)] = ids
         labels[row, n:len(ids)] = ids[n:]
     return {"input_ids": input_ids, "labels": labels}
+
+
+class GroupedByLength(torch.utils.data.Sampler):
+    """Random order in which each micro-batch holds records of nearly the same length, so that little is padding.
+
+    The data is shuffled, sorted by length within stretches of 50 micro-batches, and cut into micro-batches, whose order
+    is shuffled again: a step's micro-batches are of all lengths, unlike with transformers' group_by_length, which sorts
+    over whole steps. Order depends on seed and epoch alone.
+    """
+
+    def __init__(self, lengths, micro_batch_size, seed):
+        self.lengths, self.size, self.seed, self.epoch = lengths, micro_batch_size, seed, 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        stretch = 50 * self.size
+        for start in range(0, len(order), stretch):
+            order[start:start + stretch] = sorted(order[start:start + stretch], key=self.lengths.__getitem__)
+        batches = [order[k:k + self.size] for k in range(0, len(order), self.size)]
+        rest = batches.pop() if len(batches[-1]) < self.size else []  # an incomplete one may only come last
+        for k in torch.randperm(len(batches), generator=generator).tolist():
+            yield from batches[k]
+        yield from rest
 
 
 # --- report ---------------------------------------------------------------------------------------------------------

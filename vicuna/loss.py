@@ -87,16 +87,15 @@ def use_label_loss(model):
 
 
 @torch.no_grad()
-def mean_loss(model, dataset, batch_size):
+def mean_loss(model, dataset, batch_size, rank=0, world_size=1):
     """Mean loss a token over a whole data set (`vicuna.data` examples), by a model with `use_label_loss`. A float.
 
-    Under torchrun each process takes its share, and all get the same figure.
+    With `world_size` processes, each calls it with its own rank and takes its share; all get the same figure.
     """
     was_training = model.training
     model.eval()
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     lengths = dataset["length"][:]
-    order = sorted(range(len(dataset)), key=lengths.__getitem__)[rank::world]
+    order = sorted(range(len(dataset)), key=lengths.__getitem__)[rank::world_size]
     device = next(model.parameters()).device
     dtype = model.get_input_embeddings().weight.dtype
     total = torch.zeros(2, dtype=torch.float64)  # sum of losses, number of labels
@@ -105,7 +104,7 @@ def mean_loss(model, dataset, batch_size):
             batch = collate([dataset[k] for k in order[start:start + batch_size]])
             loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}, num_items_in_batch=1).loss
             total += torch.tensor([loss.item(), (batch["labels"][:, 1:] != IGNORE).sum().item()])
-    if world > 1:
+    if world_size > 1:
         total = total.to(device)
         dist.all_reduce(total)
     model.train(was_training)

@@ -5,10 +5,13 @@ import tempfile
 from pathlib import Path
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
+from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
+from tokenizers.models import BPE
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, LlamaTokenizer
 
 from vicuna.errors import UserError
@@ -83,19 +86,23 @@ def load_tokenizer(path, config):
     bad = stated.get("tokenizer_class") == "LLaMATokenizer" or "" in (stated.get("bos_token"), stated.get("eos_token"))
     try:
         if bad and sentencepiece_file.is_file():
-            from sentencepiece import SentencePieceProcessor
             pieces = SentencePieceProcessor(model_file=str(sentencepiece_file))
             special = {name: pieces.id_to_piece(getattr(pieces, name[:3] + "_id")())
                        for name in ("bos_token", "eos_token", "unk_token")}
             # A directory with nothing but the pieces: neither the bad tokenizer_config nor its fast copy is read.
             with tempfile.TemporaryDirectory() as clean:
                 (Path(clean) / "tokenizer.model").write_bytes(sentencepiece_file.read_bytes())
-                tokenizer = LlamaTokenizer.from_pretrained(clean, **special)
+                tokenizer = LlamaTokenizer.from_pretrained(clean, add_bos_token=True, **special)
             mended.append(f"tokenizer_config.json is one of LLaMA-1's bad conversions (class "
                           f"{stated.get('tokenizer_class')}, bos {stated.get('bos_token')!r}); tokenizer.model is used")
         else:
             tokenizer = AutoTokenizer.from_pretrained(path)
-    except (UserError, KeyboardInterrupt):
+            bad = False
+        if sentencepiece_file.is_file() and (bad or not (path / "tokenizer.json").exists()):
+            _order_merges(tokenizer, sentencepiece_file)
+            if "add_bos_token" not in stated and tokenizer.bos_token_id is not None:
+                tokenizer.add_bos_token = True  # LLaMA's own default, which transformers 5 no longer assumes
+    except KeyboardInterrupt:
         raise
     except BaseException as error:  # tokenizers panics (a BaseException) on a damaged file
         raise UserError(f"{path}: its tokenizer cannot be read, missing or damaged: {_first_line(error)}") from None
@@ -110,6 +117,25 @@ def load_tokenizer(path, config):
             mended.append(f"{name} {old} of config.json is {new} in the tokenizer, which is used")
             setattr(config, name, new)
     return tokenizer, mended
+
+
+def _order_merges(tokenizer, sentencepiece_file):
+    """Gives a tokenizer that transformers made of a `tokenizer.model` the merges in SentencePiece's order: by score.
+
+    transformers 5.20 orders them by id. That differs where LLaMA's runs of blanks come in (early ids, the lowest
+    score): indented code would be cut otherwise than in the base's own training.
+    """
+    proto = sentencepiece_model_pb2.ModelProto.FromString(sentencepiece_file.read_bytes())
+    if proto.trainer_spec.model_type != proto.trainer_spec.BPE:
+        return
+    vocab = {piece.piece: k for k, piece in enumerate(proto.pieces)}
+    merges = []
+    for piece in proto.pieces:
+        if piece.type == piece.NORMAL:
+            halves = [(piece.piece[:k], piece.piece[k:]) for k in range(1, len(piece.piece))]
+            merges += [(piece.score, len(a), len(b), a, b) for a, b in halves if a in vocab and b in vocab]
+    merges = [(a, b) for *_, a, b in sorted(merges, reverse=True)]
+    tokenizer.backend_tokenizer.model = BPE(vocab=vocab, merges=merges, fuse_unk=True, byte_fallback=True)
 
 
 def skeleton(config):
@@ -172,6 +198,12 @@ def load_base(path, config, bits, device):
     if lost:
         raise UserError(f"{path}: damaged, {len(lost)} tensors are missing or of another shape: {', '.join(lost[:3])}")
     model.requires_grad_(False)
+    if bits == 4 and device == "cpu":
+        # bitsandbytes 0.50 repacks a weight for inference in the first forward without gradients, and does not undo it:
+        # training after an evaluation would then get no gradient at all, without a word.
+        for module in model.modules():
+            if isinstance(module, Linear4bit):
+                module.support_avx512bf16_for_cpu = False
     return model
 
 
@@ -181,6 +213,12 @@ def attach_lora(model, model_path, r, alpha, dropout, targets):
         task_type="CAUSAL_LM", r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets), bias="none"))
     model.peft_config["default"].base_model_name_or_path = str(model_path)
     return model
+
+
+def adapter_weights(model):
+    """The weights of a model's adapter as they are saved: {name: tensor, a copy on the CPU}."""
+    return {name: tensor.detach().to("cpu", copy=True)
+            for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
 
 
 def save_adapter(model, tokenizer, directory):
@@ -210,17 +248,17 @@ def load_adapter(base, directory):
         model = PeftModel.from_pretrained(base, directory)
     except Exception as error:
         raise UserError(f"{directory}: the adapter does not fit this base: {_first_line(error)}") from None
-    loaded = get_peft_model_state_dict(model, save_embedding_layers=False)
+    loaded = adapter_weights(model)
     if saved.keys() != loaded.keys():
         odd = sorted(saved.keys() ^ loaded.keys())
         raise UserError(f"{file}: {len(odd)} tensor names do not match this base, {odd[0]} for one"
                         if saved else f"{file}: holds no tensors at all")
-    for name, tensor in saved.items():
-        if not torch.equal(tensor.to(loaded[name].dtype), loaded[name].cpu()):
-            raise UserError(f"{file}: tensor {name} was not loaded as it is in the file")
     ups = [tensor for name, tensor in saved.items() if ".lora_B." in name]
     if not all(tensor.isfinite().all() for tensor in saved.values()):
         raise UserError(f"{file}: holds numbers that are not finite")
+    for name, tensor in saved.items():
+        if not torch.equal(tensor.to(loaded[name].dtype), loaded[name]):
+            raise UserError(f"{file}: tensor {name} was not loaded as it is in the file")
     if not any(tensor.any() for tensor in ups):
         raise UserError(f"{file}: every lora_B is zero: this adapter changes nothing")
     return model.eval()
