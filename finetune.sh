@@ -19,11 +19,12 @@ TEST_SIZE=${TEST_SIZE:-40}                                # records held out
 source setup.sh requirements.txt
 if [ "$MODEL_PATH" = models/smollm2-135m-instruct ]; then "$PYTHON" tools/get_base.py; fi
 
-# finetune.py's defaults suit 10,000 records and more on a 7B model. For the sample's 300 and a small model: small
-# batches, a high rate.
+# finetune.py's defaults suit a 7B model and 10,000 records or more. The sample has 300: small batches, a high rate, and
+# for a small base a LoRA on all its layers.
 SIZES=()
 if [ "$DATA_PATH" = sample/merge_sample.json ]; then
-    SIZES=(--batch_size 16 --num_epochs 3 --learning_rate 2e-3 --warmup_steps 5 --eval_steps 20 --save_steps 20 --logging_steps 5)
+    SIZES=(--batch_size 8 --num_epochs 2 --learning_rate 1e-3 --warmup_steps 5 --eval_steps 26 --save_steps 26 --logging_steps 6
+           --lora_target_modules q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj)
 fi
 
 export CUDA_VISIBLE_DEVICES=$TOT_CUDA
