@@ -9,6 +9,7 @@ adapter_config.json + adapter_model.safetensors (a PEFT adapter), the tokenizer,
 run.json (settings, versions, hashes, figures) and loss.png.
 """
 import argparse
+import errno
 import gc
 import importlib.metadata
 import json
@@ -21,13 +22,19 @@ from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
-from vicuna import data, model as models, prompt, report  # first: vicuna quiets what other packages say at import
 from vicuna.errors import ArgumentParser, UserError, run
-from vicuna.loss import mean_loss, use_label_loss
 
-import torch
-import transformers
-from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
+try:
+    from vicuna import data, model as models, prompt, report  # first: vicuna quiets what other packages say at import
+    from vicuna.loss import mean_loss, use_label_loss
+
+    import torch
+    import transformers
+    from safetensors import SafetensorError
+    from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
+except ModuleNotFoundError as error:
+    sys.exit(print(f"error: this Python has no {error.name}; bash setup.sh makes one that has: .venv/bin/python finetune.py",
+                   file=sys.stderr) or 2)
 
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers")
@@ -74,6 +81,20 @@ def arguments():
 
 def main():
     args = arguments()
+    try:
+        finetune(args)
+    except torch.OutOfMemoryError:
+        raise UserError("the card's memory is full; a smaller --micro_batch_size, --cutoff_len or --bits needs less") from None
+    except (OSError, SafetensorError, RuntimeError) as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error) \
+            or "PytorchStreamWriter" in str(error)
+        if not full:
+            raise
+        raise UserError(f"--output_path {args.output_path}: the disk is full ({error}); make room and run this again") from None
+
+
+def finetune(args):
+    """The whole task, step by step."""
     args.lora_target_modules = [name.strip() for name in args.lora_target_modules.split(",") if name.strip()]
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -83,6 +104,7 @@ def main():
     # 1. Check everything that can be checked before anything is written or a large file is read.
     check_numbers(args)
     records, sources = data.read(args.data_path)
+    say(data.report_records(sources))
     base = models.find_base(args.model_path)
     config, mended = models.load_config(base)
     tokenizer, mended_tokenizer = models.load_tokenizer(base, config)
@@ -91,10 +113,10 @@ def main():
     template = len(prompt.encode_prompts(tokenizer, [prompt.alpaca("", "")])[0])
     if args.cutoff_len <= template:
         raise UserError(f"--cutoff_len {args.cutoff_len}: the template alone has {template} tokens; 256 is usual")
-    dataset, lengths = data.encode(records, tokenizer, args.cutoff_len)
+    dataset, lengths = data.encode(records, tokenizer, args.cutoff_len, progress=say)
     train, held_out = data.split(dataset, args.test_size, args.seed)
 
-    say(data.report(sources, lengths, args.cutoff_len))
+    say(data.report_lengths(lengths, args.cutoff_len))
     for line in mended + mended_tokenizer:
         say(f"Base      mended in memory: {line}")
     if args.cutoff_len > config.max_position_embeddings:
@@ -105,12 +127,12 @@ def main():
     settings = {key: value for key, value in sorted(vars(args).items())
                 if key not in ("output_path", "overwrite_output_dir", "wandb")}
     identity = {"settings": settings, "processes": WORLD_SIZE,
-                "data": {source.path: source.sha256 for source in sources},
+                "data": {source.path: source.sha256 for source in sources}, "base": models.fingerprint(base),
                 "versions": {name: importlib.metadata.version(name) for name in PACKAGES}}
-    output = Path(args.output_path)
+    output = Path(args.output_path).absolute()
     check_output(output, identity, args.overwrite_output_dir)
     check_room(output, skeleton, args, steps)
-    if args.wandb:
+    if args.wandb and RANK == 0:
         check_wandb()
 
     # 2. Load the base in its bits, attach the LoRA. With several processes, they meet in TrainingArguments.
@@ -130,15 +152,21 @@ def main():
         load_best_model_at_end=evaluate == "steps", metric_for_best_model="loss", greater_is_better=False,
         logging_steps=args.logging_steps, disable_tqdm=True, seed=args.seed, data_seed=args.seed,
         report_to=["wandb"] if args.wandb else [], run_name=output.name)
+    training._n_gpu = min(training.n_gpu, 1)  # one process, one card: several cards are torchrun's (finetune.sh's) business
     set_seed(args.seed)
     base_model = models.load_base(base, config, args.bits, device)
     use_label_loss(base_model)
     checkpointing = cuda if args.gradient_checkpointing is None else args.gradient_checkpointing
     if checkpointing:
-        base_model.gradient_checkpointing_enable({"use_reentrant": False})
+        # bitsandbytes' int8 product keeps its input by itself, not by autograd; only the reentrant kind lets that go.
+        base_model.gradient_checkpointing_enable({"use_reentrant": args.bits == 8})
+        if args.bits == 8:
+            base_model.enable_input_require_grads()
     model = models.attach_lora(base_model, args.model_path, args.lora_r, args.lora_alpha, args.lora_dropout,
                                args.lora_target_modules)
     n_lora = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if not cuda and os.environ.get("CUDA_VISIBLE_DEVICES") != "" and shutil.which("nvidia-smi"):
+        say("          torch cannot use the card that is here (an old driver, or torch's CPU build): training on the CPU")
     dtype = str(models.compute_dtype()).removeprefix("torch.")
     say(f"Base      {args.model_path}: {skeleton.num_parameters():,} parameters in {args.bits} bits, {dtype}, "
         f"{torch.cuda.get_device_name() if cuda else 'CPU'}{f' x {WORLD_SIZE}' if WORLD_SIZE > 1 else ''}")
@@ -152,14 +180,16 @@ def main():
     questions = [records[k]._asdict() for k in probe["record"][:QUESTIONS]]
     loss_before = mean_loss(model, probe, args.micro_batch_size, RANK, WORLD_SIZE)
     if not math.isfinite(loss_before):
-        raise UserError(f"{args.model_path}: gives a loss of {loss_before} on the data; its weights are damaged")
+        raise UserError(f"{args.model_path}: gives a loss of {loss_before} on the data; its weights are damaged"
+                        + (", or overflow in float16: try --bits 4" if dtype == "float16" else ""))
     before = answer(model, tokenizer, questions)
     say(f"          {probe_name} loss of the base: {loss_before:.4f}")
 
     # 4. Train. The best of the evaluated checkpoints is kept.
+    set_aside = None
     with training.main_process_first(local=False):
         if RANK == 0:
-            open_output(output, identity)
+            set_aside = open_output(output, identity)
     progress = report.Progress(args.batch_size, show=RANK == 0)
     trainer = LabelTrainer(
         model=model, args=training, train_dataset=train, eval_dataset=held_out if len(held_out) else None,
@@ -193,16 +223,17 @@ def main():
             for q, b, a in zip(questions, before, after)]
     figures = {"loss_before": loss_before, "loss_after": loss_after, "loss_on": probe_name, "steps": steps,
                "best_step": best_step, "train_records": len(train), "held_out_records": len(held_out),
-               "cut": lengths.cut, "seconds": round(seconds, 2), "peak_memory_bytes": memory, "peak_memory_of": of_what,
+               "cut": lengths.cut, "too_long": lengths.too_long, "seconds": round(seconds, 2), "peak_memory_bytes": memory, "peak_memory_of": of_what,
                "records_per_second": round(records_seen / seconds, 3)}
-    report.plot_loss(progress.history, loss_before, output / "loss.png")
+    report.plot_loss(progress.history, probe_name, loss_before, loss_after, output / "loss.png")
     write_json(output / "run.json", {**identity, "output_path": args.output_path, "finished": True,
                                      "dropped": {source.path: dict(source.dropped) for source in sources},
                                      "figures": figures, "answers": rows, "history": progress.history})
-    shutil.rmtree(aside(output), ignore_errors=True)
+    if set_aside:
+        shutil.rmtree(set_aside, ignore_errors=True)
     say(report.learned(probe_name, loss_before, loss_after, rows))
-    say(f"\nTrained in {report.clock(seconds)}, {figures['records_per_second']:.1f} records/s, peak {memory / 1e9:.2f} GB "
-        f"({of_what}). Adapter, run.json and loss.png are in {args.output_path}")
+    say(f"\nTrained in {report.clock(seconds)}, {figures['records_per_second']:.1f} records/s with evaluations, peak "
+        f"{memory / 1e9:.2f} GB ({of_what}). Adapter, run.json and loss.png are in {args.output_path}")
     if not loss_after < loss_before:
         say("It learned nothing: the loss did not fall. A higher --learning_rate or more --num_epochs may help.")
 
@@ -213,6 +244,15 @@ class LabelTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset=None):
         return data.GroupedByLength(self.train_dataset["length"][:], self.args.per_device_train_batch_size, self.args.seed)
+
+    def _determine_best_metric(self, metrics, trial):
+        """The best among the steps that are saved: one that was only evaluated cannot be kept."""
+        return self.control.should_save and super()._determine_best_metric(metrics, trial)
+
+    def _save(self, output_dir=None, state_dict=None):
+        os.makedirs(output_dir, exist_ok=True)
+        models.save_adapter(self.model, self.processing_class, output_dir)
+        torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         loss = mean_loss(self.model, eval_dataset or self.eval_dataset, self.args.per_device_train_batch_size,
@@ -241,9 +281,8 @@ def check_numbers(args):
     need("lora_dropout", 0 <= args.lora_dropout < 1, "from 0 to below 1")
     need("seed", 0 <= args.seed < 2**32, f"from 0 to {2**32 - 1}")
     need("max_steps", args.max_steps == -1 or args.max_steps >= 1, "1 or more, or -1 for --num_epochs")
-    if args.batch_size % (args.micro_batch_size * WORLD_SIZE):
-        raise UserError(f"--batch_size {args.batch_size}: must be a multiple of --micro_batch_size "
-                        f"{args.micro_batch_size}" + (f" times the {WORLD_SIZE} processes" if WORLD_SIZE > 1 else ""))
+    if args.batch_size % args.micro_batch_size:
+        raise UserError(f"--batch_size {args.batch_size}: must be a multiple of --micro_batch_size {args.micro_batch_size}")
     if args.test_size and args.save_steps % args.eval_steps:
         raise UserError(f"--save_steps {args.save_steps}: must be a multiple of --eval_steps {args.eval_steps}, since the "
                         "best checkpoint is chosen among the evaluated ones")
@@ -255,6 +294,11 @@ def fit_to_data(args, n_train):
     if args.batch_size > n_train:
         fitting = max(n_train // at_once, 1) * at_once
         say(f"          --batch_size {args.batch_size} is more than the {n_train} training records: {fitting} is used")
+        args.batch_size = fitting
+    if args.batch_size % at_once:
+        fitting = max(args.batch_size // at_once, 1) * at_once
+        say(f"          --batch_size {args.batch_size} is no multiple of {args.micro_batch_size} records x {WORLD_SIZE} "
+            f"processes: {fitting} is used")
         args.batch_size = fitting
     accumulation = args.batch_size // at_once
     a_epoch = math.ceil(math.ceil(n_train / at_once) / accumulation)
@@ -312,22 +356,31 @@ def check_output(output, identity, overwrite):
 
 
 def open_output(output, identity):
-    """Makes `output` with a run.json. An earlier run there is set aside, and only removed when this one is done."""
+    """Makes `output` with a run.json. Gives the directory in which an earlier run there is kept until this one is done.
+
+    If two earlier ones are there, both not finished, the one that had come further is kept.
+    """
+    aside = output.with_name(f".{output.name}.set-aside")
     try:
         if output.is_dir() and any(output.iterdir()):
-            if read_run(output).get("finished") or not aside(output).exists():
-                shutil.rmtree(aside(output), ignore_errors=True)
-                output.rename(aside(output))
-            else:
+            if aside.exists() and reached(aside) > reached(output):
                 shutil.rmtree(output)
+            else:
+                shutil.rmtree(aside, ignore_errors=True)
+                output.rename(aside)
+            say(f"          the earlier run in {output} is kept in {aside.name} until this one is done")
         output.mkdir(parents=True, exist_ok=True)
         write_json(output / "run.json", {**identity, "finished": False})
     except OSError as error:
         raise UserError(f"--output_path {output}: cannot be written to: {error.strerror}") from None
+    return aside if aside.exists() else None
 
 
-def aside(output):
-    return output.with_name(output.name + ".previous")
+def reached(output):
+    """How far the run in `output` came: its newest checkpoint's step, or infinity if it is finished."""
+    if (read_run(output) or {}).get("finished"):
+        return math.inf
+    return max((int(path.name.rpartition("-")[2]) for path in output.glob("checkpoint-*[0-9]")), default=0)
 
 
 def read_run(output):
@@ -340,7 +393,7 @@ def read_run(output):
 
 def write_json(file, values):
     beside = file.with_name("." + file.name)
-    beside.write_text(json.dumps(values, ensure_ascii=False, indent=1) + "\n", "utf-8")
+    beside.write_text(json.dumps(values, ensure_ascii=False, indent=1, allow_nan=False) + "\n", "utf-8")
     os.replace(beside, file)
 
 

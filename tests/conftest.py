@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what the tests promise, they promise of a machine without a GPU
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small models gain nothing by more, and threads that spin stall a busy machine
 
 from vicuna import errors  # noqa: E402
 

@@ -127,7 +127,7 @@ def test_cutoff(llama):
     dataset, lengths = data.encode(records, tokenizer, whole[0] + 3)
     assert lengths.tokens == whole and lengths.cut == 1 and lengths.too_long == 1
     assert dataset["length"][:] == [whole[0], whole[0] + 3] and dataset["record"][:] == [0, 1]
-    report = data.report([data.Source("f.json", "", 3)], lengths, whole[0] + 3)
+    report = data.report_lengths(lengths, whole[0] + 3)
     assert "1 answers are cut at" in report and "1 dropped: the prompt alone fills" in report
     assert sum(int(n) for n in re.findall(r"(\d+)  #", report)) == 3
 

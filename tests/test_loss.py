@@ -88,3 +88,19 @@ def test_mean_loss_is_the_mean_over_all_labels(llama):
             total -= logits.log_softmax(-1)[range(len(i) - 3), i[3:]].sum().item()
             count += len(i) - 3
     assert loss.mean_loss(ours, dataset, 2) == pytest.approx(total / count, rel=1e-5)
+
+
+def test_mean_loss_is_the_same_for_any_number_of_processes(base, monkeypatch):
+    """In 8 bits a record's loss depends on the batch it is in, so the batches must not depend on the processes."""
+    from datasets import Dataset
+    from vicuna import model as models
+    config, _ = models.load_config(base)
+    ours = loss.use_label_loss(models.load_base(base, config, 8, "cpu"))
+    rows = [{"input_ids": list(range(50 + n, 50 + 3 * n)), "n_prompt": 2, "length": 2 * n} for n in range(3, 14)]
+    dataset, totals = Dataset.from_list(rows), []
+    alone = loss.mean_loss(ours, dataset, 4)
+    monkeypatch.setattr(loss.dist, "all_reduce", lambda tensor: totals.append(tensor.clone()))
+    for rank in range(3):
+        loss.mean_loss(ours, dataset, 4, rank, 3)
+    total, count = sum(totals).tolist()
+    assert count == sum(row["length"] - 2 for row in rows) and total / count == pytest.approx(alone, rel=1e-6)

@@ -2,6 +2,7 @@
 import logging
 import warnings
 
-# bitsandbytes says these once an import or once a matrix product; a reader of a run's output can do nothing with them.
+# Said once an import, a retry or a matrix product; what a reader of a run's output can do something with, we say.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")

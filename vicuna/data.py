@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import json
 import re
+import time
 import zlib
 from collections import Counter
 from dataclasses import dataclass, field
@@ -197,15 +198,19 @@ _FEATURES = Features({"input_ids": List(Value("int32")), "n_prompt": Value("int3
                       "record": Value("int32")})
 
 
-def encode(records, tokenizer, cutoff_len):
-    """Records to examples. Gives (Dataset, Lengths).
+def encode(records, tokenizer, cutoff_len, progress=None):
+    """Records to examples. Gives (Dataset, Lengths). `progress(line)` is told how far it is, every 100,000 records.
 
     Columns: `input_ids` (at most cutoff_len), `n_prompt` (how many of them the loss skips), `length`, and `record`
     (the index in `records`). A record whose prompt alone fills cutoff_len is left out.
     """
     lengths, parts = Lengths([]), []
-    unlimited = 1 << 30
+    unlimited, begin = 1 << 30, time.monotonic()
     for start in range(0, len(records), 1000):  # a thousand at a time: the tokenizer runs them in parallel
+        if progress and start and start % 100_000 == 0:
+            rate = start / (time.monotonic() - begin)
+            progress(f"          {start:,} of {len(records):,} tokenized, {rate:,.0f} records/s, "
+                     f"{(len(records) - start) / rate:.0f} s left")
         batch = records[start:start + 1000]
         ids, n_prompt = prompt.encode_examples(
             tokenizer, [prompt.alpaca(r.instruction, r.input) for r in batch], [r.output for r in batch], unlimited)
@@ -286,13 +291,19 @@ class GroupedByLength(torch.utils.data.Sampler):
 
 # --- report ---------------------------------------------------------------------------------------------------------
 
-def report(sources, lengths, cutoff_len):
-    """What the data is like, as lines of text: records per file, dropped ones and why, and a histogram of lengths."""
+def report_records(sources):
+    """Records per file, dropped ones and why, as lines of text."""
     lines = []
     for source in sources:
         lines.append(f"Data      {source.path}: {source.records:,} records")
         if source.dropped:
             lines.append(f"          dropped: {_counts(source.dropped)}")
+    return "\n".join(lines)
+
+
+def report_lengths(lengths, cutoff_len):
+    """How long the records are in tokens, with a small histogram, and what the cut does, as lines of text."""
+    lines = []
     tokens = sorted(lengths.tokens)
     lines.append(f"          tokens a record: shortest {tokens[0]}, middle {tokens[len(tokens) // 2]}, longest {tokens[-1]}")
     top = max(cutoff_len, 4)

@@ -1,6 +1,8 @@
 """Errors that a user reads: one line, exit status 2, no traceback."""
 import argparse
+import os
 import sys
+import time
 
 
 class UserError(Exception):
@@ -14,6 +16,7 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(formatter_class=_Help, allow_abbrev=False, **kwargs)
 
     def error(self, message):
+        first_speaks()
         print(f"error: {message} (see --help)", file=sys.stderr)
         sys.exit(2)
 
@@ -27,8 +30,15 @@ def run(main):
     try:
         main()
     except UserError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        first_speaks()
+        print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         sys.exit(130)
+
+
+def first_speaks():
+    """Under torchrun all processes meet the same mistake: the first tells it, and its end ends the others meanwhile."""
+    if int(os.environ.get("RANK", 0)):
+        time.sleep(20)

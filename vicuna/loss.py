@@ -95,13 +95,15 @@ def mean_loss(model, dataset, batch_size, rank=0, world_size=1):
     was_training = model.training
     model.eval()
     lengths = dataset["length"][:]
-    order = sorted(range(len(dataset)), key=lengths.__getitem__)[rank::world_size]
+    order = sorted(range(len(dataset)), key=lengths.__getitem__)
+    # The batches are the same for any number of processes: in 8 bits a record's loss depends on its batch.
+    batches = [order[start:start + batch_size] for start in range(0, len(order), batch_size)][rank::world_size]
     device = next(model.parameters()).device
     dtype = model.get_input_embeddings().weight.dtype
     total = torch.zeros(2, dtype=torch.float64)  # sum of losses, number of labels
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        for start in range(0, len(order), batch_size):
-            batch = collate([dataset[k] for k in order[start:start + batch_size]])
+        for rows in batches:
+            batch = collate([dataset[k] for k in rows])
             loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}, num_items_in_batch=1).loss
             total += torch.tensor([loss.item(), (batch["labels"][:, 1:] != IGNORE).sum().item()])
     if world_size > 1:

@@ -1,4 +1,5 @@
 """The base and the adapter: find, check, load in 8, 4 or 16 bits, attach a LoRA, save it, and prove what was saved."""
+import hashlib
 import json
 import os
 import tempfile
@@ -6,7 +7,7 @@ from pathlib import Path
 
 import torch
 from bitsandbytes.nn import Linear4bit
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, get_cached_repo_tree, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
@@ -30,18 +31,29 @@ def find_base(model_path):
         raise UserError(f"--model_path {model_path}: no such directory; `python tools/get_base.py` fetches the embedded "
                         "base into models/smollm2-135m-instruct")
     try:
-        names = HfApi().list_repo_files(model_path)
-        weights = "*.safetensors" if any(name.endswith(".safetensors") for name in names) else "pytorch_model*.bin"
-        return Path(snapshot_download(model_path, allow_patterns=[
-            "*.json", "tokenizer*", "*.jinja", weights], ignore_patterns=["*/*"]))
+        try:
+            names = HfApi().list_repo_files(model_path)
+        except HFValidationError:
+            raise
+        except Exception:  # no hub, or no such model there: what an earlier run has listed
+            names = [file.path for file in get_cached_repo_tree(model_path)]
+            if not names:
+                raise
+        safe = any(name.endswith(".safetensors") and "/" not in name for name in names)
+        return Path(snapshot_download(model_path, ignore_patterns=["*/*"], allow_patterns=[
+            "*.json", "tokenizer*", "*.jinja", "*.safetensors" if safe else "pytorch_model*.bin"]))
     except HFValidationError as error:
         raise UserError(f"--model_path {model_path}: neither a directory nor a hub id: {error}") from None
     except Exception as error:  # the hub's client has dozens, from name look-up to a full disk
-        try:
-            return Path(snapshot_download(model_path, local_files_only=True))
-        except Exception:
-            raise UserError(f"--model_path {model_path}: no such directory, and the hub gave no such model "
-                            f"({_first_line(error)})") from None
+        raise UserError(f"--model_path {model_path}: no such directory, and the hub gave no such model "
+                        f"({_first_line(error)})") from None
+
+
+def fingerprint(path):
+    """What a base is told by: config.json's SHA-256 and its weight files' names and sizes. A dict for JSON."""
+    weights = sorted(file for pattern in ("*.safetensors", "*.bin") for file in Path(path).glob(pattern))
+    return {"config.json": hashlib.sha256((Path(path) / "config.json").read_bytes()).hexdigest(),
+            **{file.name: file.stat().st_size for file in weights}}
 
 
 def load_config(path):
@@ -59,11 +71,12 @@ def load_config(path):
     if "quantization_config" in values:
         raise UserError(f"{path}: its weights are quantized already; give the full model, --bits quantizes it")
     mended = []
-    if values.get("pad_token_id") is not None and not 0 <= values["pad_token_id"] < values.get("vocab_size", 32000):
-        mended.append(f"pad_token_id {values['pad_token_id']} of config.json is no token, left out")
-        values["pad_token_id"] = None
     try:
+        if values.get("pad_token_id") is not None and not 0 <= values["pad_token_id"] < values.get("vocab_size", 32000):
+            mended.append(f"pad_token_id {values['pad_token_id']} of config.json is no token, left out")
+            values["pad_token_id"] = None
         config = LlamaConfig.from_dict(values)
+        skeleton(config)
     except Exception as error:
         raise UserError(f"{file}: damaged: {_first_line(error)}") from None
     return config, mended
@@ -108,7 +121,10 @@ def load_tokenizer(path, config):
         raise UserError(f"{path}: its tokenizer cannot be read, missing or damaged: {_first_line(error)}") from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"{path}: its tokenizer has no end token (eos_token); set it in tokenizer_config.json")
-    if len(tokenizer) > config.vocab_size:
+    # Special tokens beyond the model's rows, such as an unused <pad>, do no harm: none but bos and eos is ever fed.
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    plain = [k for token, k in tokenizer.get_vocab().items() if token not in special]
+    if max(*plain, tokenizer.eos_token_id) >= config.vocab_size:
         raise UserError(f"{path}: its tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}; "
                         "they do not belong together")
     for name in ("bos_token_id", "eos_token_id"):
@@ -189,6 +205,8 @@ def load_base(path, config, bits, device):
     except torch.cuda.OutOfMemoryError:
         raise UserError(f"{path}: does not fit the card's memory in {bits} bits; a smaller --bits or base does") from None
     except (SafetensorError, OSError, ValueError, RuntimeError, EOFError, KeyError, MemoryError) as error:
+        if "CUDA" in str(error) or "bitsandbytes" in str(error):  # a driver or a package, not the file
+            raise UserError(f"{path}: cannot be loaded on {device} in {bits} bits: {_first_line(error)}") from None
         raise UserError(f"{path}: its weights cannot be read, missing or damaged: {_first_line(error)}") from None
     except Exception as error:
         if type(error).__module__.startswith("pickle") or type(error).__name__ == "UnpicklingError":

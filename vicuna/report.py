@@ -1,4 +1,5 @@
 """What a training run shows: a line per logging step, the loss curve, and what was learned."""
+import math
 import sys
 import time
 
@@ -13,10 +14,11 @@ class Progress(TrainerCallback):
         self.history = []  # {"step", "loss", "learning_rate"} or {"step", "eval_loss"}
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.start, self.evaluating, self.first_step = time.monotonic(), 0.0, state.global_step
+        self.start, self.first_step = time.monotonic(), state.global_step
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        kept = {key: logs[key] for key in ("loss", "learning_rate", "grad_norm", "eval_loss") if key in logs}
+        kept = {key: logs[key] for key in ("loss", "learning_rate", "grad_norm", "eval_loss")
+                if key in logs and math.isfinite(logs[key])}  # a step that fp16's loss scale skips has none
         if not kept:
             return
         self.history.append({"step": state.global_step, **kept})
@@ -33,15 +35,17 @@ class Progress(TrainerCallback):
                   f"{done * self.records_per_step / spent:.1f} records/s  {clock(left)} left", flush=True)
 
 
-def plot_loss(history, loss_before, file):
-    """The curves of training and held-out loss over steps, as a PNG picture."""
+def plot_loss(history, name, loss_before, loss_after, file):
+    """The curves of the training loss and of the loss called `name` ("held-out") over steps, as a PNG picture."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    axes.plot(*zip(*[(h["step"], h["loss"]) for h in history if "loss" in h]), label="training", color="tab:blue")
-    held_out = [(0, loss_before)] + [(h["step"], h["eval_loss"]) for h in history if "eval_loss" in h]
-    axes.plot(*zip(*held_out), "o-", label="held-out", color="tab:orange")
+    trained = [(h["step"], h["loss"]) for h in history if "loss" in h]
+    axes.plot([step for step, _ in trained], [loss for _, loss in trained], label="while training", color="tab:blue")
+    evaluated = [(h["step"], h["eval_loss"]) for h in history if "eval_loss" in h]
+    points = [(0, loss_before)] + (evaluated or [(history[-1]["step"] if history else 0, loss_after)])
+    axes.plot(*zip(*points), "o-", label=name, color="tab:orange")
     axes.set(xlabel="step", ylabel="loss (nats a token)")
     axes.grid(alpha=0.3)
     axes.legend()
