@@ -401,10 +401,11 @@ def test_a_bad_save_fails_loudly(finetune, llama, data_file, tmp_path, monkeypat
 
     def bad_save(model, tokenizer, directory):
         save(model, tokenizer, directory)
-        file = directory / "adapter_model.safetensors"
-        damage(file, load_file(file))
-    monkeypatch.setattr(models, "save_adapter", bad_save)
+        if directory == output:  # not the checkpoints
+            file = output / "adapter_model.safetensors"
+            damage(file, load_file(file))
     output = tmp_path / "out"
+    monkeypatch.setattr(models, "save_adapter", bad_save)
     result = finetune("--data_path", data_file, "--model_path", llama, "--output_path", output, "--bits", 16, *QUICK)
     assert result.status == 1 and result.err.startswith("FAILED: ") and why in result.err
     assert "is the trained one" not in result.out and not json.loads((output / "run.json").read_text())["finished"]

@@ -32,15 +32,15 @@ def find_base(model_path):
                         "base into models/smollm2-135m-instruct")
     try:
         try:
-            names = HfApi().list_repo_files(model_path)
+            names, offline = HfApi().list_repo_files(model_path), False
         except HFValidationError:
             raise
-        except Exception:  # no hub, or no such model there: what an earlier run has listed
-            names = [file.path for file in get_cached_repo_tree(model_path)]
+        except Exception:  # no hub, or no such model there: what an earlier run has fetched
+            names, offline = [file.path for file in get_cached_repo_tree(model_path)], True
             if not names:
                 raise
         safe = any(name.endswith(".safetensors") and "/" not in name for name in names)
-        return Path(snapshot_download(model_path, ignore_patterns=["*/*"], allow_patterns=[
+        return Path(snapshot_download(model_path, local_files_only=offline, ignore_patterns=["*/*"], allow_patterns=[
             "*.json", "tokenizer*", "*.jinja", "*.safetensors" if safe else "pytorch_model*.bin"]))
     except HFValidationError as error:
         raise UserError(f"--model_path {model_path}: neither a directory nor a hub id: {error}") from None
