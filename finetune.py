@@ -1,8 +1,8 @@
 """Fine-tunes a LLaMA on instructions: the base in 8 bits, a LoRA beside it, one 11 GB card or none.
 
-    bash finetune.sh                                                    # the embedded base on the sample, on a CPU
-    python finetune.py --data_path merge.json --test_size 2000          # LLaMA 7B on your own data, on one card
-    torchrun --nproc_per_node 4 finetune.py --data_path merge.json      # the same, the batch split among four
+    bash finetune.sh                                                        # the embedded base on the sample
+    .venv/bin/python finetune.py --data_path merge.json --test_size 2000    # LLaMA 7B on your own data, one card
+    TOT_CUDA="0,1,2,3" DATA_PATH=merge.json bash finetune.sh                # four cards, the batch split among them
 
 Data: records {"instruction", "input" (optional), "output"} in JSON or JSON Lines. What comes out, in --output_path:
 adapter_config.json + adapter_model.safetensors (a PEFT adapter), the tokenizer, checkpoint-N/ of the same,
@@ -146,8 +146,8 @@ def finetune(args):
         learning_rate=args.learning_rate, lr_scheduler_type="linear", warmup_steps=args.warmup_steps, optim="adamw_torch",
         bf16=models.compute_dtype() == torch.bfloat16, fp16=models.compute_dtype() == torch.float16,
         use_cpu=not cuda, dataloader_pin_memory=cuda, ddp_backend="gloo" if WORLD_SIZE > 1 and not cuda else None,
-        ddp_find_unused_parameters=False,
-        remove_unused_columns=False, label_names=["labels"], eval_strategy=evaluate, eval_steps=args.eval_steps,
+        ddp_find_unused_parameters=False, remove_unused_columns=False, label_names=["labels"],
+        eval_strategy=evaluate, eval_steps=args.eval_steps,
         save_strategy="steps", save_steps=args.save_steps, save_total_limit=args.save_total_limit,
         load_best_model_at_end=evaluate == "steps", metric_for_best_model="loss", greater_is_better=False,
         logging_steps=args.logging_steps, disable_tqdm=True, seed=args.seed, data_seed=args.seed,
@@ -201,11 +201,10 @@ def finetune(args):
     seconds = time.monotonic() - start
     model.eval()
     loss_trained = mean_loss(model, probe, args.micro_batch_size, RANK, WORLD_SIZE)
-    trained = models.adapter_weights(model)
-    if RANK == 0:
-        models.save_adapter(model, tokenizer, output)
     if RANK != 0:
         return
+    models.save_adapter(model, tokenizer, output)
+    trained = models.adapter_weights(model)
 
     # 5. Proof: what lies on the disk, loaded into a fresh base, is what was trained.
     records_seen = trainer.state.epoch * len(train)
@@ -223,8 +222,8 @@ def finetune(args):
             for q, b, a in zip(questions, before, after)]
     figures = {"loss_before": loss_before, "loss_after": loss_after, "loss_on": probe_name, "steps": steps,
                "best_step": best_step, "train_records": len(train), "held_out_records": len(held_out),
-               "cut": lengths.cut, "too_long": lengths.too_long, "seconds": round(seconds, 2), "peak_memory_bytes": memory, "peak_memory_of": of_what,
-               "records_per_second": round(records_seen / seconds, 3)}
+               "cut": lengths.cut, "too_long": lengths.too_long, "seconds": round(seconds, 2),
+               "records_per_second": round(records_seen / seconds, 3), "peak_memory_bytes": memory, "peak_memory_of": of_what}
     report.plot_loss(progress.history, probe_name, loss_before, loss_after, output / "loss.png")
     write_json(output / "run.json", {**identity, "output_path": args.output_path, "finished": True,
                                      "dropped": {source.path: dict(source.dropped) for source in sources},

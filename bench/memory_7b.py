@@ -6,7 +6,8 @@
 Weights, adapters, gradients and optimizer are counted from the shapes. Activations are measured: one decoder layer of
 the real width runs forward on the CPU, and every tensor that autograd keeps for the backward pass is counted (by
 storage, weights left out). With gradient checkpointing, which finetune.py turns on on a card, that is held for one
-layer at a time, and of the others only their input. Prints a table and one JSON line.
+layer at a time, and of the others only their input. In 8 bits that takes the reentrant kind (a test looks after it):
+bitsandbytes' int8 product keeps its input beside autograd. Prints a table and one JSON line.
 """
 import json
 import sys
@@ -51,6 +52,7 @@ def main():
         "Adam's two moments": n_lora * 8,
         "checkpoints: each layer's input": layers * tokens * dim * 2,
         "one layer's activations, recomputed": kept,
+        "its linear layers' inputs, kept by the int8 product": tokens * (3 * dim + inner) * 2 if args.bits == 8 else 0,
         "one weight, dequantized, and its product": (2 * dim * inner * 2 if args.bits != 16 else 0) + 2 * tokens * inner * 2,
         f"logits of {CHUNK} positions, thrice": CHUNK * 32000 * (4 + 4 + 2),
         "head's gradient (float32)": tokens * dim * 4,
