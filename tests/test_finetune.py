@@ -650,6 +650,7 @@ def test_launcher_passes_variables_and_arguments_on(llama, data_file, tmp_path):
     result = subprocess.run(["bash", str(ROOT / "finetune.sh"), "--bits", "16", "--num_epochs", "1", "--lora_r", "2"], env=env,
                             capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr
+    assert "Set-up" not in result.stdout  # this Python has all, so nothing is set up
     settings = json.loads((output / "run.json").read_text("utf-8"))["settings"]
     assert (settings["test_size"], settings["lora_r"], settings["batch_size"]) == (4, 2, 8)
     several = subprocess.run(["bash", str(ROOT / "finetune.sh")], env={**env, "TOT_CUDA": "0,1,2,3"}, capture_output=True, text=True)

@@ -1,5 +1,6 @@
 """setup.sh, as launchers source it, with a requirements.txt that names one tiny package. No network is used."""
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -227,3 +228,14 @@ def test_no_python_at_all(checkout, tmp_path):
 def test_a_place_that_cannot_be_written_to(checkout):
     (checkout / ".setup.lock").mkdir()
     assert f"{checkout} cannot be written to" in one_line(launch(checkout))
+
+
+def test_the_real_requirements_are_pinned_and_met_here():
+    """A Python that pip gave requirements.txt is found whole: a line that setup.sh cannot read would set up for ever."""
+    lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if not line.startswith("#")]
+    assert [re.sub(r"==[0-9.]+$", "", line) for line in lines] == [
+        "torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "sentencepiece", "safetensors", "gguf",
+        "gradio", "wandb", "matplotlib"]
+    result = subprocess.run(["bash", "-c", 'source "$0" requirements.txt requirements-test.txt; echo "python $PYTHON"',
+                             str(ROOT / "setup.sh")], capture_output=True, text=True, env=environment())
+    assert (result.stdout, result.stderr) == (f"python {sys.executable}\n", "")
