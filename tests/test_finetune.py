@@ -175,16 +175,16 @@ def test_gradient_checkpointing_changes_memory_not_results(finetune, llama, data
 
 def kept_beside_autograd(loss):
     """Bytes of activations that the graph's nodes hold as plain attributes, where no checkpointing can free them."""
-    seen, todo, total = set(), [loss.grad_fn], {}
-    while todo:
-        node = todo.pop()
+    seen, stack, total = set(), [loss.grad_fn], {}
+    while stack:
+        node = stack.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         for tensor in [*(getattr(node, "tensors", None) or ()), getattr(node, "A", None)]:
             if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
                 total[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        todo += [following for following, _ in node.next_functions]
+        stack += [following for following, _ in node.next_functions]
     return sum(total.values())
 
 
