@@ -355,13 +355,15 @@ def check_output(output, identity, overwrite):
 
 
 def open_output(output, identity):
-    """Makes `output` with a run.json. Gives the directory in which an earlier run there is kept until this one is done.
+    """Makes `output` with a run.json. Gives the directory in which an earlier run there is kept until this one is done,
+    or None if `output` held none.
 
     If two earlier ones are there, both not finished, the one that had come further is kept.
     """
     aside = output.with_name(f".{output.name}.set-aside")
+    replaces = output.is_dir() and any(output.iterdir())
     try:
-        if output.is_dir() and any(output.iterdir()):
+        if replaces:
             if aside.exists() and reached(aside) > reached(output):
                 shutil.rmtree(output)
             else:
@@ -372,7 +374,7 @@ def open_output(output, identity):
         write_json(output / "run.json", {**identity, "finished": False})
     except OSError as error:
         raise UserError(f"--output_path {output}: cannot be written to: {error.strerror}") from None
-    return aside if aside.exists() else None
+    return aside if replaces else None
 
 
 def reached(output):

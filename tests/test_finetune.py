@@ -335,6 +335,12 @@ def test_a_run_that_fails_loses_nothing_of_the_one_before(finetune, llama, data_
     assert tree(tmp_path / ".out.set-aside") == before
     monkeypatch.undo()
     monkeypatch.setattr(sys, "argv", [])
+    # whoever removes the cut-off one and trains anew, replaces nothing: what is set aside stays
+    shutil.copytree(tmp_path, tmp_path.with_name("copy"))
+    elsewhere = tmp_path.with_name("copy")
+    shutil.rmtree(elsewhere / "out")
+    assert finetune(*args, "--output_path", elsewhere / "out").status == 0
+    assert tree(elsewhere / ".out.set-aside") == before
     assert finetune(*args).status == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "records.json"]
 

@@ -1,4 +1,4 @@
-"""What the task scripts share: prompt, data, loss, model, report, errors."""
+"""What the task scripts share: prompt, data, loss, model, report, errors, launch."""
 import logging
 import os
 import warnings
